@@ -728,7 +728,11 @@ def test_a_checkpoint_folder_of_several_runs_is_used_by_one_at_a_time(fit, tmp_p
     process.join()
     assert fit(tmp_path / "run", **shared, stop_at=3) == 128 + signal.SIGTERM
     assert [file.name for file in (tmp_path / "shared").iterdir()] == ["step-00000003.ckpt"]
-    begun = f"step-00000003.ckpt; it is another run's, since --run {tmp_path}/other has not begun yet"
+    capsys.readouterr()
+    assert fit(tmp_path / "other", **shared) == 2
+    said = f"error: --checkpoint.folder {tmp_path}/shared already contains a run; continue it with --ckpt_path last, or"
+    assert said in capsys.readouterr().err
+    begun = f"step-00000003.ckpt; it may be another run's: --run {tmp_path}/other has no config.yaml"
     assert fit(tmp_path / "other", ckpt_path="last", **shared, stop_at=4) == 128 + signal.SIGTERM
     assert begun in capsys.readouterr().err
     assert fit(tmp_path / "other", ckpt_path="last", **shared, stop_at=5) == 128 + signal.SIGTERM
@@ -1203,6 +1207,17 @@ def test_last_is_not_an_older_checkpoint_than_that_of_another_folder(fit, tmp_pa
     shutil.move(tmp_path / "back/step-00000006.ckpt", run / "checkpoints/step-00000009.ckpt")  # of another branch
     assert fit(run, stop_at=6, **newest) == 128 + signal.SIGTERM
     assert fit(run, stop_at=7, **{**newest, "ckpt_path": "last"}) == 128 + signal.SIGTERM
+
+
+def test_last_of_a_copied_run_does_not_go_on_in_the_folder_of_the_first(fit, tmp_path):
+    """Its config.yaml names that, with newer checkpoints by now."""
+    first, copied = tmp_path / "first", tmp_path / "copied"
+    own = {"checkpoint.folder": str(first / "checkpoints")}
+    assert fit(first, stop_at=3, **own) == 128 + signal.SIGTERM
+    shutil.copytree(first, copied)
+    assert fit(first, stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
+    assert fit(copied, stop_at=4, ckpt_path="last") == 128 + signal.SIGTERM
+    assert (copied / "checkpoints/step-00000004.ckpt").exists()
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -16,7 +16,7 @@ from salt_lightning.hugging_face.spec import settings_without_code
 from salt_lightning.models import read_checkpoint
 from salt_lightning.run.meeting import divide, gather
 from salt_lightning.run.peers import UNSEEN_S, say_once
-from salt_lightning.run.run_config import newer_place, other_places, readable
+from salt_lightning.run.run_config import may_be_anothers, newer_place, other_places, readable
 from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
 
@@ -53,9 +53,8 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
                 f"--ckpt_path last: {found} is not the newest of --run {config.run}, which are in {newer}; set "
                 f"--checkpoint.folder {newer}, or give that file as --ckpt_path"
             )
-        run = Path(config.run)
-        shared = subcommand == "fit" and folder != run / "checkpoints" and not (run / "config.yaml").exists()
-        of_another = f"; it is another run's, since --run {run} has not begun yet" if shared else ""
+        unknown = subcommand == "fit" and may_be_anothers(Path(config.run), folder)
+        of_another = f"; it may be another run's: --run {config.run} has no config.yaml" if unknown else ""
         say_once(f"--ckpt_path last: {found}{of_another}")
         return found
     if there != saved(folder):

@@ -116,10 +116,20 @@ def other_places(run: Path, checkpoints: Path) -> Path | None:
 
 def newer_place(run: Path, checkpoints: Path) -> Path | None:
     """Where a run's newest start saved its checkpoints, if that is elsewhere, and some are newer than `checkpoints`."""
-    place = Path(str(readable(run / "config.yaml").get("checkpoint.folder") or run / "checkpoints"))
+    config = readable(run / "config.yaml")
+    origin = Path(str(config.get("run") or run), "config.yaml")
+    if os.path.exists(origin) and not os.path.samefile(origin, run / "config.yaml"):
+        return None  # this is a copy: the folder is that of the run from which it was made
+    place = Path(str(config.get("checkpoint.folder") or run / "checkpoints"))
     there, here = saved(place), saved(checkpoints)
     elsewhere = os.path.realpath(place) != os.path.realpath(checkpoints)
     return place if elsewhere and there and there[-1][0] > here[-1][0] else None
+
+
+def may_be_anothers(run: Path, checkpoints: Path) -> bool:
+    """Whether nothing says that the checkpoints are this run's: another folder than its own, and no settings there."""
+    within = os.path.realpath(checkpoints) == os.path.realpath(run / "checkpoints")
+    return not within and not os.path.exists(run / "config.yaml")
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
@@ -128,9 +138,8 @@ def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
     left = newer_place(run, checkpoints) if here else other_places(run, checkpoints)
     if here or left:
         there = f" --checkpoint.folder {left}" if left else ""
-        return [
-            f"--run {run} already contains a run; continue it with --ckpt_path last{there}, or choose another folder"
-        ]
+        named = f"--checkpoint.folder {checkpoints}" if here and may_be_anothers(run, checkpoints) else f"--run {run}"
+        return [f"{named} already contains a run; continue it with --ckpt_path last{there}, or choose another folder"]
     before = readable(run / "config.yaml")
     kept = (key for key in before if key.startswith(IDENTITY) and key in now and now[key] != before[key])
     if not (others := [f"--{key} {before[key]} (here {now[key]})" for key in kept][:3]):
