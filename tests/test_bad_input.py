@@ -981,6 +981,23 @@ def test_a_size_that_a_mapping_after_it_would_replace_is_refused(settings, tmp_p
     said = error_of(capsys)
     assert said.startswith(f"error: {dropped}; ")
     assert "vocab_size" not in said
+    whole = [sizes[0], "--model={student: {config: {num_hidden_layers: 1}}}"]
+    assert cli.main(["fit", *arguments(settings, {"model.student.config": {}}), f"--run={tmp_path}/run", *whole]) == 2
+    dropped = f"{config}.hidden_size 64: the mapping --model that follows replaces it; put hidden_size: 64 into its "
+    assert error_of(capsys).startswith(f"error: {dropped}student.config")
+
+
+def test_a_name_two_levels_within_a_mapping_is_refused_wherever_it_stands(settings, tmp_path, capsys):
+    """jsonargparse makes text of its value, with which the model's code cannot compute."""
+    config = "--model.student.config"
+    sizes = [f"{config}.rope_parameters.rope_theta=5000", f"{config}.hidden_size=32"]
+    own = {name: value for name, value in settings.items() if name != "model.student.config"}
+    for words in (sizes, sizes[::-1]):
+        assert cli.main(["fit", *arguments(own), f"--run={tmp_path}/run", *words]) == 2
+        said = (
+            f"error: {config}.rope_parameters.rope_theta 5000: a dotted name sets only the first level of a mapping; "
+        )
+        assert error_of(capsys).startswith(said)
 
 
 def test_a_refused_start_leaves_no_folders(settings, tmp_path):

@@ -99,7 +99,8 @@ def no_mapping(name: str, value: str, known: Iterable[str]) -> str:
 
 def misread(args: list[str], given: Namespace) -> list[str]:
     """Problems with typed values that YAML has read as comments, and so as null, or as other numbers, also within; and
-    with names within a mapping that jsonargparse would drop, or with which it would drop what else that holds."""
+    with names within a mapping that jsonargparse would drop, or read as text, or with which it would drop what else is
+    in that."""
     found = given[given.subcommand] if given.get("subcommand") else given
     typed = [*typed_in(args)]
     comments = [
@@ -113,13 +114,15 @@ def misread(args: list[str], given: Namespace) -> list[str]:
         for name, value in typed
         for top in accumulate(name.split("."), "{}.{}".format)
         for upper in [top.rpartition(".")[0]]
-        if top != name and isinstance(now := found.get(upper), dict) and name.removeprefix(f"{upper}.") not in now
+        if top != name and isinstance(found.get(upper), dict)
     ]
     replaced = [
-        f"--{name} {value}: the mapping --{top} that follows replaces it; put {last}: {value} into that"
+        f"--{name} {value}: the mapping --{tops[-1]} that follows replaces it; put {last}: {value} into "
+        + (f"its {upper.removeprefix(f'{tops[-1]}.')}" if upper != tops[-1] else "that")
         for name, value in typed
-        for top, _, last in [name.rpartition(".")]
-        if isinstance(now := found.get(top), dict) and last not in now and top in dict(typed)
+        for upper, _, last in [name.rpartition(".")]
+        if isinstance(now := found.get(upper), dict) and last not in now
+        if (tops := [top for top, _ in typed if name.startswith(f"{top}.")])
     ]
     numbers = [
         f"--{name}: {said}"
