@@ -382,6 +382,15 @@ def test_an_error_of_own_code_says_that_it_may_be_for_another_transformers(tied,
         CausalLM(load_pretrained(spec, "teacher", torch.float32), "teacher").check()
 
 
+def test_an_error_of_a_family_of_transformers_blames_no_own_code(tmp_path):
+    """It has none, also where it may be run."""
+    tiny("llama").model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "nope"}))
+    with pytest.raises(ConfigError, match=r"--model.teacher.path \S+ cannot be loaded: KeyError: 'nope'"):
+        load_pretrained(ModelSpec(path=str(tmp_path), trust_remote_code=True), "teacher", torch.float32)
+
+
 def test_a_weight_that_own_code_lets_be_missing_is_not_left_random(tmp_path, monkeypatch):
     """transformers 4 tied it; 5 does not, for the code does not say in its way to what."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

@@ -222,6 +222,13 @@ def config_hash(path: Path) -> str | None:
     return None
 
 
+def names_code(path: Path) -> bool:
+    """Whether the config.json of a folder names code that comes with it."""
+    with suppress(OSError, ConfigError):
+        return bool(_read(path / "config.json", "").get("auto_map"))
+    return False
+
+
 _OF_NO_EFFECT = ("_name_or_path", "transformers_version", "use_cache")
 
 

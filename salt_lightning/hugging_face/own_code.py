@@ -11,7 +11,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 
 from salt_lightning.errors import ConfigError
-from salt_lightning.hugging_face import quantized
+from salt_lightning.hugging_face import folders, quantized
 from salt_lightning.hugging_face.spec import ModelSpec, uneven_heads
 
 
@@ -39,7 +39,7 @@ def hint(of: ModelSpec | PreTrainedModel) -> str:
     """What may be wrong with a model that cannot be loaded, or cannot be run."""
     if isinstance(of, PreTrainedModel) and (uneven := uneven_heads(of.config)):
         return uneven
-    own = of.trust_remote_code if isinstance(of, ModelSpec) else _is_own(of)
+    own = of.trust_remote_code and folders.names_code(of.folder) if isinstance(of, ModelSpec) else _is_own(of)
     return f" (its own code may be for another transformers than {__version__})" if own else ""
 
 
