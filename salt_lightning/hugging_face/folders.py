@@ -16,6 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
@@ -216,10 +217,26 @@ def config_hash(path: Path) -> str | None:
     with suppress(OSError, ConfigError):
         config = _read(path / "config.json", "")
         found.update(json.dumps({k: v for k, v in config.items() if k not in _OF_NO_EFFECT}, sort_keys=True).encode())
-        for file in sorted(path.rglob("*.py")) if config.get("auto_map") else ():
-            found.update(file.read_bytes() if file.is_file() else b"")
+        for file in _own_code(path, config.get("auto_map")):
+            found.update(file.read_bytes())
         return found.hexdigest()
     return None
+
+
+def _own_code(folder: Path, auto_map: Any) -> list[Path]:
+    """The files that transformers runs of a model's own code. Of others, the hub's cache has some here or there."""
+    named = (
+        [auto_map.get(name) for name in ("AutoConfig", "AutoModelForCausalLM")] if isinstance(auto_map, dict) else ()
+    )
+    files = [folder / f"{name.partition('.')[0]}.py" for name in named if isinstance(name, str)]
+    found: set[Path] = set()
+    while files:
+        file = files.pop()
+        if file not in found and file.is_file():
+            found.add(file)
+            with suppress(ValueError):  # no UTF-8: it cannot be run
+                files += [file.parent / f"{name}.py" for name in get_relative_imports(file)]
+    return sorted(found)
 
 
 def names_code(path: Path) -> bool:
