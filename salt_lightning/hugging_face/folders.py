@@ -225,10 +225,9 @@ def config_hash(path: Path) -> str | None:
 
 def _own_code(folder: Path, auto_map: Any) -> list[Path]:
     """The files that transformers runs of a model's own code. Of others, the hub's cache has some here or there."""
-    named = (
-        [auto_map.get(name) for name in ("AutoConfig", "AutoModelForCausalLM")] if isinstance(auto_map, dict) else ()
-    )
-    files = [folder / f"{name.partition('.')[0]}.py" for name in named if isinstance(name, str)]
+    names = auto_map if isinstance(auto_map, dict) else {}
+    named = [str(names.get(name)) for name in ("AutoConfig", "AutoModelForCausalLM")]
+    files = [folder / f"{name.partition('.')[0]}.py" for name in named]
     found: set[Path] = set()
     while files:
         file = files.pop()
