@@ -89,7 +89,9 @@ def export(
     weights = _described(saved["state_dict"], dtype)
     check_same_model(model.state_dict(), weights, f"{setting} contains another model than its settings say")
     run = run or checkpoint.absolute().parent.parent
-    words = _tokenizer(saved, model, tokenizer or (run / "tokenizer" if (run / "tokenizer").is_dir() else None))
+    if tokenizer is None and (own := run / "tokenizer").is_dir():
+        tokenizer = str(own)
+    words = _tokenizer(saved, model, tokenizer)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # again: frees what was mapped before
@@ -151,12 +153,12 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _tokenizer(
-    saved: dict[str, Any], model: PreTrainedModel, given: str | Path | PreTrainedTokenizerBase | None
+    saved: dict[str, Any], model: PreTrainedModel, given: str | PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or that of a name, which must be the one that the student was trained with."""
     if given is None:
         return None
-    if isinstance(given, str | Path):
+    if isinstance(given, str | Path):  # from Python
         tokenizer, name = load_tokenizer(str(given), "export: --tokenizer"), f" {given}"
     else:
         tokenizer, name = deepcopy(given), ""  # its padding token may be set below

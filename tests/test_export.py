@@ -757,6 +757,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(salt, tmp_path, capsys):
         (["{run}/config.yaml", "out"], "is not a whole checkpoint of this project"),
         (["{last}", "out", "--dtype", "int4"], "--dtype: invalid choice: 'int4'"),
         (["{last}", "out", "--tokenizer", "./none"], "export: --tokenizer: the folder './none' does not exist"),
+        (["{last}", "out", "--tokenizer", ""], "export: --tokenizer: cannot load ''"),
         (["{last}"], "the following arguments are required: DIR"),
     ],
 )
