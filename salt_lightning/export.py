@@ -89,9 +89,8 @@ def export(
     weights = _described(saved["state_dict"], dtype)
     check_same_model(model.state_dict(), weights, f"{setting} contains another model than its settings say")
     run = run or checkpoint.absolute().parent.parent
-    if tokenizer is None and (own := run / "tokenizer").is_dir():
-        tokenizer = str(own)
-    words = _tokenizer(saved, model, tokenizer)
+    own = run / "tokenizer" if (run / "tokenizer").is_dir() else None
+    words = _tokenizer(saved, model, own if tokenizer is None else tokenizer)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         state = read_checkpoint(str(checkpoint), "export: CKPT")["state_dict"]  # again: frees what was mapped before
@@ -153,12 +152,12 @@ def _described(state: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _tokenizer(
-    saved: dict[str, Any], model: PreTrainedModel, given: str | PreTrainedTokenizerBase | None
+    saved: dict[str, Any], model: PreTrainedModel, given: str | Path | PreTrainedTokenizerBase | None
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer, or that of a name, which must be the one that the student was trained with."""
     if given is None:
         return None
-    if isinstance(given, str | Path):  # from Python
+    if isinstance(given, str | Path):
         tokenizer, name = load_tokenizer(str(given), "export: --tokenizer"), f" {given}"
     else:
         tokenizer, name = deepcopy(given), ""  # its padding token may be set below
