@@ -1220,6 +1220,20 @@ def test_last_of_a_copied_run_does_not_go_on_in_the_folder_of_the_first(fit, tmp
     assert (copied / "checkpoints/step-00000004.ckpt").exists()
 
 
+@pytest.mark.parametrize("ckpt_path", ["last", None])
+def test_a_copy_without_checkpoints_is_not_sent_to_those_of_the_first_run(fit, tmp_path, capsys, ckpt_path):
+    """Trained there, the first run's would be replaced."""
+    first, copied, place = tmp_path / "first", tmp_path / "copied", tmp_path / "place"
+    assert fit(first, stop_at=3, **{"checkpoint.folder": str(place)}) == 128 + signal.SIGTERM
+    shutil.copytree(first, copied)
+    given = {"ckpt_path": ckpt_path} if ckpt_path else {}
+    assert fit(first, **given) == 2
+    assert f"--checkpoint.folder {place}" in capsys.readouterr().err
+    assert fit(copied, stop_at=4, **given) == 128 + signal.SIGTERM
+    assert str(place) not in capsys.readouterr().err
+    assert (copied / "checkpoints/step-00000004.ckpt").exists()
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_config_beside_weights_is_said_not_to_be_used(fit, teacher, tmp_path, capsys, resumed):
     """Also a dropout, at which training could go on."""

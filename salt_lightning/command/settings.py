@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import NOT_A_NAME, ConfigError, one_line
+from salt_lightning.run.run_folder import same_place
 
 GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -126,7 +127,7 @@ def held(config: Namespace, verb: str | None) -> list[tuple[str, Path]]:
         return []
     run, place = Path(config.run), checkpoints(config)
     # also the folder within a run's own: another's YAML may name that, or links of both lead to one
-    apart = verb == "fit" and os.path.realpath(place) != os.path.realpath(run)
+    apart = verb == "fit" and not same_place(place, run)
     return [("--run", run)] + ([("--checkpoint.folder", place)] if apart else [])
 
 

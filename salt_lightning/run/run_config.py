@@ -20,7 +20,15 @@ from salt_lightning.command.settings import IDENTITY
 from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.hugging_face.old_names import save_tokenizer
 from salt_lightning.run.event_log import void_tests
-from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, saved, step_named
+from salt_lightning.run.run_folder import (
+    changed,
+    earlier_configs,
+    read_config,
+    same_place,
+    same_setting,
+    saved,
+    step_named,
+)
 from salt_lightning.storage import shards
 
 
@@ -102,34 +110,38 @@ def _begun_elsewhere(settings: dict[str, Any], run: Path) -> int:
     """The step of another run's checkpoint from which these settings applied first; 0: they went on in this run."""
     path = Path(settings.get("ckpt_path") or "last")
     named = Path(settings.get("checkpoint.folder") or Path(settings.get("run") or run, "checkpoints"))
-    own = os.path.realpath(path.parent) in {os.path.realpath(folder) for folder in (named, run / "checkpoints")}
+    own = any(same_place(path.parent, folder) for folder in (named, run / "checkpoints"))
     moved = not path.parent.exists() and same_setting(os.path.normpath(path.parent), os.path.normpath(named))
     return 0 if own or moved else step_named(path.name) or 0
 
 
 def other_places(run: Path, checkpoints: Path) -> Path | None:
     """Where a run has checkpoints, if not in `checkpoints`: another start had another --checkpoint.folder."""
-    named = readable(run / "config.yaml").get("checkpoint.folder")
-    there = [place for place in (named and Path(str(named)), run / "checkpoints") if place and saved(place)]
-    return next((place for place in there if os.path.realpath(place) != os.path.realpath(checkpoints)), None)
+    there = (place for place in (_newest_place(run), run / "checkpoints") if place and saved(place))
+    return next((place for place in there if not same_place(place, checkpoints)), None)
 
 
 def newer_place(run: Path, checkpoints: Path) -> Path | None:
     """Where a run's newest start saved its checkpoints, if that is elsewhere, and some are newer than `checkpoints`."""
-    config = readable(run / "config.yaml")
-    origin = Path(str(config.get("run") or run), "config.yaml")
-    if os.path.exists(origin) and not os.path.samefile(origin, run / "config.yaml"):
-        return None  # this is a copy: the folder is that of the run from which it was made
-    place = Path(str(config.get("checkpoint.folder") or run / "checkpoints"))
+    if (place := _newest_place(run)) is None or same_place(place, checkpoints):
+        return None
     there, here = saved(place), saved(checkpoints)
-    elsewhere = os.path.realpath(place) != os.path.realpath(checkpoints)
-    return place if elsewhere and there and there[-1][0] > here[-1][0] else None
+    return place if there and there[-1][0] > here[-1][0] else None
+
+
+def _newest_place(run: Path) -> Path | None:
+    """Where a run's newest start saved its checkpoints; None: its config.yaml names the place of another run, of which
+    this is a copy."""
+    config = readable(run / "config.yaml")
+    origin = Path(str(config.get("run") or run))
+    if os.path.exists(origin / "config.yaml") and not same_place(origin, run):
+        return None
+    return Path(str(config.get("checkpoint.folder") or run / "checkpoints"))
 
 
 def may_be_anothers(run: Path, checkpoints: Path) -> bool:
     """Whether nothing says that the checkpoints are this run's: another folder than its own, and no settings there."""
-    within = os.path.realpath(checkpoints) == os.path.realpath(run / "checkpoints")
-    return not within and not os.path.exists(run / "config.yaml")
+    return not same_place(checkpoints, run / "checkpoints") and not os.path.exists(run / "config.yaml")
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
