@@ -170,8 +170,10 @@ class SALTCLI(LightningCLI):
         """Reports all problems that need no text at once, before the text is prepared, which takes minutes."""
         self.say_device()
         config, given = self._settings(self.config), self._settings(self._explicit)  # not the checkpoint's
-        if (path := given.get("model.student.path")) and given.get("model.student.config"):
-            say_once(f"--model.student.config is not used: the sizes come from --model.student.path {path}")
+        if path := given.get("model.student.path"):
+            unused = {"family": "model type comes", "config": "sizes come"}
+            for name in (name for name in unused if given.get(f"model.student.{name}") not in (None, {}, "llama")):
+                say_once(f"--model.student.{name} is not used: the {unused[name]} from --model.student.path {path}")
         target = None if is_over(config.ckpt_path, self.trainer.max_steps) else config.checkpoint.export
         looks = check.without_text(self.model, self.datamodule, self.trainer, target, self._teaches())
         looks.append(partial(device.require, self.model, self.trainer.strategy.root_device.type))

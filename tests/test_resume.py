@@ -1238,12 +1238,14 @@ def test_a_copy_without_checkpoints_is_not_sent_to_those_of_the_first_run(fit, t
 def test_a_config_beside_weights_is_said_not_to_be_used(fit, teacher, tmp_path, capsys, resumed):
     """Also a dropout, at which training could go on."""
     start = {"model.student.path": teacher, "model.student.config": {}}
-    unused, said = (
-        {"model.student.config": {"attention_dropout": 0.3}},
+    unused = {"model.student.config": {"attention_dropout": 0.3}, "model.student.family": "gpt2"}
+    said, family = (
         "--model.student.config is not used: the sizes ",
+        "--model.student.family is not used: the model type",
     )
     assert fit(tmp_path / "run", stop_at=3, **{**start, **({} if resumed else unused)}) == 128 + signal.SIGTERM
-    assert (said in capsys.readouterr().err) != resumed
+    printed = capsys.readouterr().err
+    assert (said in printed) == (family in printed) != resumed
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **{**start, **unused}) == 128 + signal.SIGTERM
     assert said in capsys.readouterr().err
     assert fit(tmp_path / "run", stop_at=6, ckpt_path="last", **start) == 128 + signal.SIGTERM
