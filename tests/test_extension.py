@@ -346,8 +346,8 @@ def logged(run: pl.Trainer, name: str) -> dict[int, float]:
 FORKED = "ignore:.*multi-threaded, use of fork.*:DeprecationWarning"
 
 
-def in_two_ranks(work) -> None:
-    """Calls `work` in two processes, as if a launcher had started them."""
+def in_ranks(count, work) -> None:
+    """Calls `work` in `count` processes, as if a launcher had started them."""
     fork = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -357,12 +357,12 @@ def in_two_ranks(work) -> None:
         os.environ.update(place, LOCAL_RANK=str(rank))
         work()
 
-    ranks = [fork.Process(target=begin, args=(rank,)) for rank in range(2)]
+    ranks = [fork.Process(target=begin, args=(rank,)) for rank in range(count)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [rank.exitcode for rank in ranks] == [0] * count
 
 
 @pytest.mark.filterwarnings(FORKED)
@@ -375,7 +375,7 @@ def test_a_term_is_logged_whole_however_its_step_is_cut(data, teacher, tmp_path)
         folder, kd = tmp_path / f"{rows}{len(more)}", KDScheduleCallback(0.5, 4, allow_untrained=True)
         made = partial(trainer, folder, kd, logger=CSVLogger(folder), log_every_n_steps=1, **more)
         fit = partial(lambda made, module: made().fit(module, data), made, module)
-        in_two_ranks(fit) if more else fit()
+        in_ranks(2, fit) if more else fit()
         found.append((logged(made(), "train/hidden"), logged(made(), "train/loss")))
     (whole, loss), *cut = found
     assert list(whole) == [1, 2, 3, 4]  # only while there is a teacher
@@ -407,7 +407,7 @@ class Uneven(SALTModule):
 @pytest.mark.filterwarnings(FORKED)
 def test_ranks_may_log_other_terms_in_another_order(data, tmp_path):
     log = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
-    in_two_ranks(lambda: trainer(tmp_path, strategy="ddp", devices=2, **log).fit(Uneven(ModelSpec(config=SIZES)), data))
+    in_ranks(2, lambda: trainer(tmp_path, strategy="ddp", devices=2, **log).fit(Uneven(ModelSpec(config=SIZES)), data))
     run = trainer(tmp_path, **log)
     means = {"one": 1.0, "hundred": 100.0, "rare": 4.0}  # of the ranks
     for name, mean in means.items():
@@ -961,6 +961,39 @@ def test_the_model_of_the_page_learns_and_resumes(data, teacher, tmp_path, capsy
         trainer(tmp_path / "b", KDScheduleCallback(0.5, 4)).fit(SALTModule(ModelSpec(config=SIZES), middle), data)
     with pytest.raises(ConfigError, match=r"by the class Own, not SALTModule, and its student has other weights \(stu"):
         trainer(tmp_path / "c").fit(SALTModule(ModelSpec(config=SIZES)), data, ckpt_path=middle)
+
+
+class Counting(SALTModule):
+    """Counts in a buffer how often its student runs in training, by a hook that needs what a step has set."""
+
+    def configure_model(self):
+        block("A model of your own", teacher=None)["Own"].configure_model(self)
+        if not hasattr(self.student, "runs"):
+            self.student.register_buffer("runs", torch.zeros(()))
+            self.student.register_forward_hook(self._count)
+
+    def _count(self, *_):
+        self.student.runs += self.training * self.rows / 2
+
+    def training_step(self, batch, batch_idx):
+        self.rows = len(batch["input_ids"])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings(FORKED)
+def test_ddp_with_three_processes_goes_on_with_any_student_as_if_it_had_not_stopped(data, tmp_path):
+    """Its buckets were settled by a forward of the student, for which one of another kind lacked what that needs."""
+    data.global_batch_size, data.micro_batch_size = 6, 2
+
+    def fit(folder, **more):
+        made = partial(trainer, tmp_path / folder, SAVE, strategy="ddp", devices=3)
+        in_ranks(3, lambda: made().fit(Counting(ModelSpec()), data, **more))
+        return read_checkpoint(str(tmp_path / folder / "checkpoints/step-00000006.ckpt"), "")["state_dict"]
+
+    whole = fit("whole")
+    resumed = fit("resumed", ckpt_path=str(tmp_path / "whole/checkpoints/step-00000003.ckpt"))
+    assert whole["student.runs"] == 6
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
 class Rectified(SALTModule):

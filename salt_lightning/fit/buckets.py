@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from salt_lightning.hugging_face.attention import testable
-
 
 def settle(module: Any) -> None:
-    """Gives DDP, at each start of a fit, the buckets that it would otherwise have from the second step on. Collective.
+    """Gives DDP its final buckets at each start of a fit, which it would otherwise make after the first step.
+    Collective.
 
     torch sums the gradients of the first step in one bucket, and those of later ones in the order in which that step's
     became ready. With three or more ranks, its place in a bucket decides the order in which a gradient is summed: the
@@ -22,15 +21,13 @@ def settle(module: Any) -> None:
         return
 
     def untrained(_: torch.Tensor) -> torch.Tensor:
-        with testable(module.student):
-            hidden_ND = module.student.hidden()
-        # with every weight, as DDP waits for all; for those of the head and of a subclass's parts, first
-        return torch.stack([hidden_ND.sum(), *(p.sum() for p in module.parameters() if p.requires_grad)]).sum() * 0
+        # autograd takes what came last first, as through layers. Not the student's own forward: it may be of any kind,
+        # have hooks that need a batch, or change buffers, which a run that never stopped does once
+        return torch.stack([p.sum(dtype=torch.float32) for p in module.parameters() if p.requires_grad]).sum() * 0
 
     forward, module.forward = module.forward, untrained
     try:
-        with module.trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
-            ddp(torch.zeros((), device=module.device)).backward()
+        ddp(torch.zeros((), device=module.device)).backward()
     finally:
         module.forward = forward
     module.zero_grad()
