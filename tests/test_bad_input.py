@@ -1006,6 +1006,19 @@ def test_a_refused_start_leaves_no_folders(settings, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("setting", ["run", "checkpoint.folder"])
+def test_a_link_to_nothing_is_refused_before_training(setting, settings, tmp_path, capsys):
+    """Else the first save fails. A scratch disk may have lost what it leads to."""
+    (tmp_path / "run").mkdir()
+    place = tmp_path / ("run/checkpoints" if setting == "run" else "link")
+    place.symlink_to(tmp_path / "lost")
+    given = {"run": str(tmp_path / "run"), "kd.weight": 0.0}
+    given |= {} if setting == "run" else {setting: str(place / "mine")}
+    assert run(["fit", *arguments(settings, given)]) == 2
+    said = f"error: --{setting} {given[setting]}: {place} is a link that leads to no folder; choose another folder"
+    assert error_of(capsys) == said
+
+
 def test_what_needs_no_text_is_refused_before_it_all_at_once(settings, teacher, tmp_path, capsys):
     wrong = {
         "kd.steps": 50, "model.optim.warmup_steps": 50, "trainer.gradient_clip_algorithm": "value",

@@ -145,10 +145,12 @@ def wrong_folders(config: Namespace, verb: str) -> list[str]:
     also = f", with --ckpt_path {config.ckpt_path}" if "" not in parts and config.get("ckpt_path") else ""
     for name, typed, folder in folders:
         where = folder.absolute()
-        # not Path.exists, which raises if the folder around it may not be read
-        there = next(path for path in (where, *where.parents) if os.path.exists(path))
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            why = "cannot be written" if there.is_dir() else "is not a folder"
+        # not Path's methods, which raise if the folder around it may not be read; lexists, as no folder can be made in
+        # place of a link, e.g. to one that a scratch disk has lost
+        there = next(path for path in (where, *where.parents) if os.path.lexists(path))
+        if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+            kind = "is a link that leads to no folder" if os.path.islink(there) else "is not a folder"
+            why = "cannot be written" if os.path.isdir(there) else kind
             wrong.setdefault(name, f"--{name} {typed}: {there} {why}; choose another folder{also}")
     settings = Path(run, "config.yaml")
     if verb == "fit" and run and os.path.exists(settings) and not os.access(settings, os.R_OK):
