@@ -423,7 +423,8 @@ class SALTModule(extension.Guarded):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._trainer is not None:  # Lightning tells the path no earlier
             extension.require_loadable(self.trainer)
-        require_same(checkpoint, type(self).__name__, self.hparams["student"], self._data, self.state_dict)
+        student = self.hparams["student"] | {"path": self.student_spec.path}
+        require_same(checkpoint, type(self).__name__, student, self._data, self.state_dict)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             extension.require_callbacks(self.trainer, checkpoint)
             go_on_from(checkpoint, self.trainer, self._data, self.optim_spec, self.hparams)

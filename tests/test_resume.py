@@ -600,6 +600,19 @@ def test_another_student_is_refused_by_its_settings(fit, settings, tmp_path, cap
     assert message == f"error: the checkpoint holds another student: {change}; {remedy}"
 
 
+def test_another_students_path_is_refused_by_that_path(fit, teacher, tmp_path, capsys):
+    """Its sizes cannot be set."""
+    run, given = tmp_path / "run", {"ckpt_path": "last", "model.student.config": {}}
+    assert fit(run, stop_at=3) == 128 + signal.SIGTERM
+    assert fit(run, **given, **{"model.student.path": teacher}) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        f"the checkpoint holds another student than --model.student.path {teacher}: --model.student.config." in message
+    )
+    assert message.endswith("; leave that out (null), or choose another --run to train it")
+    assert fit(run, ckpt_path="last") == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_positions_that_follow_the_rows_are_named_by_these(fit, settings, tmp_path, capsys, family):
     own = {"model.student.family": family, "model.student.config": {"hidden_size": 32, "num_hidden_layers": 1,

@@ -52,10 +52,13 @@ def require_same(
     names = {key: setting_of(key, now.get(key), rows) for key in saved if saved[key] != now.get(key)}
     if names:
         changed = (f"{name} {as_yaml(now.get(key))} (checkpoint: {as_yaml(saved[key])})" for key, name in names.items())
-        raise ConfigError(
-            f"the checkpoint holds another student: {', '.join(list(changed)[:5])}; use the checkpoint's values, "
-            "or start a new --run from its weights with --model.student.path CHECKPOINT"
+        remedy = (
+            "use the checkpoint's values, or start a new --run from its weights with --model.student.path CHECKPOINT"
         )
+        if path := student["path"]:  # whose sizes no setting changes
+            remedy = "leave that out (null), or choose another --run to train it"
+        than = f" than --model.student.path {path}" if path else ""
+        raise ConfigError(f"the checkpoint holds another student{than}: {', '.join(list(changed)[:5])}; {remedy}")
 
 
 def replace_lost_start(module: Any, path: str | None) -> None:
