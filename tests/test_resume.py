@@ -752,6 +752,18 @@ def test_a_checkpoint_folder_of_several_runs_is_used_by_one_at_a_time(fit, tmp_p
     assert "another run" not in capsys.readouterr().err
 
 
+def test_a_link_to_the_checkpoints_of_another_run_is_not_a_run_that_has_begun(fit, tmp_path, capsys):
+    assert fit(tmp_path / "run", stop_at=3) == 128 + signal.SIGTERM
+    own = tmp_path / "other/checkpoints"
+    own.parent.mkdir()
+    own.symlink_to(tmp_path / "run/checkpoints")
+    capsys.readouterr()
+    assert fit(tmp_path / "other") == 2
+    assert f"error: --checkpoint.folder {own} already contains a run; continue it with" in capsys.readouterr().err
+    assert fit(tmp_path / "other", ckpt_path="last", stop_at=4) == 128 + signal.SIGTERM
+    assert f"it may be another run's: --run {tmp_path}/other has no config.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_checkpoints_of_a_run_are_not_used_by_another_fit(fit, tmp_path, capsys, linked):
     """A YAML may give the folder within one run to another, or links of both lead to one."""

@@ -140,8 +140,10 @@ def _newest_place(run: Path) -> Path | None:
 
 
 def may_be_anothers(run: Path, checkpoints: Path) -> bool:
-    """Whether nothing says that the checkpoints are this run's: another folder than its own, and no settings there."""
-    return not same_place(checkpoints, run / "checkpoints") and not os.path.exists(run / "config.yaml")
+    """Whether nothing says that the checkpoints are this run's: no settings beside them, and another folder than its
+    own, perhaps by a link, which several runs may have."""
+    within = os.path.realpath(checkpoints) == os.path.join(os.path.realpath(run), "checkpoints")
+    return not within and not os.path.exists(run / "config.yaml")
 
 
 def taken(run: Path, checkpoints: Path, now: dict[str, Any]) -> list[str]:
