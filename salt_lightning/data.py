@@ -323,10 +323,9 @@ class SALTDataModule(LightningDataModule):
             self._say_plan(self._order, steps)
         sizes, before = (self.global_batch_size, self.micro_batch_size), partial(rows_before, self.stretches)
         batches = TrainBatches(self._train, self._order, sizes, place(self.trainer), before)
-        done = partial(self._batches_done, batches.accumulate)
-        self._train_loader = self._loader(batches, steps * batches.accumulate, done)
-        self._train_loader.num_workers = self.num_workers
-        return self._train_loader
+        loader = self._loader(batches, steps * batches.accumulate, partial(self._batches_done, batches.accumulate))
+        loader.num_workers, self._train_loader = self.num_workers, loader
+        return loader
 
     def val_dataloader(self) -> Loader:
         """Validation rows in order, with the bytes and source of every label."""
@@ -419,7 +418,8 @@ class SALTDataModule(LightningDataModule):
 
     def go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the row at which a run stopped, even with another batch size or other shares."""
-        self.stretches = go_on(checkpoint, one_stretch(self.global_batch_size, self.block_size, self._shares()))
+        begun = one_stretch(self.global_batch_size, self.block_size, self._shares())
+        self.stretches = go_on(checkpoint, begun, self.train_fingerprint if not self.selection else None)
         if len(self.stretches) > 1:
             self._order = self._plan_order()
         rank_zero_info(f"data: {where(self.stretches, checkpoint, self.text['cuts'])}")
@@ -473,9 +473,9 @@ class SALTDataModule(LightningDataModule):
 
     def reads(self, max_steps: int) -> preflight.Finding:
         """How often a run reads the text, or each source if sources have weights."""
-        rows, shares = rows_before(self.stretches, max_steps), self._shares()
+        rows, shares, begin = rows_before(self.stretches, max_steps), self._shares(), self.stretches[0].step
         if shares is None:
-            return preflight.rows(self.num_train_rows, rows, max_steps, len(self.stretches) == 1)
+            return preflight.rows(self.num_train_rows, rows, (begin, max_steps), len(self.stretches) == 1)
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows, shares.alike))
 
     def samples(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:

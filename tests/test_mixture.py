@@ -167,7 +167,7 @@ def parts(history=HISTORY) -> list[tuple[Stretches, Shares]]:
     found, stretches = [], ()
     for step, rows, weights in history:
         begun = one_stretch(rows, 32, Shares(NAMES, weights, STARTS))
-        stretches = go_on({"global_step": step, "stretches": [asdict(part) for part in stretches]}, begun)
+        stretches = go_on({"data": {}, "global_step": step, "stretches": [asdict(part) for part in stretches]}, begun)
         found.append((stretches, with_past(Shares(NAMES, weights, STARTS), stretches)))
     return found
 
@@ -288,7 +288,7 @@ GOOD = {"step": 0, "rows": 8, "block_size": 32, "turns": {"a": 4000, "b": 6000}}
 @pytest.mark.parametrize(
     "stretches",
     [
-        [{"step": 0}], [{**GOOD, "more": 1}], [{**GOOD, "step": 1}], [GOOD, GOOD], [GOOD, {**GOOD, "step": 10}],
+        [{"step": 0}], [{**GOOD, "more": 1}], [{**GOOD, "step": -1}], [GOOD, GOOD], [GOOD, {**GOOD, "step": 10}],
         [{**GOOD, "rows": 0}], [{**GOOD, "rows": 1 << 40}], [{**GOOD, "block_size": 0}], [{**GOOD, "turns": {}}],
         [{**GOOD, "turns": {"a": 10_001, "b": -1}}], [{**GOOD, "turns": {"a": 4000, "b": 6001}}],
     ],
@@ -296,7 +296,7 @@ GOOD = {"step": 0, "rows": 8, "block_size": 32, "turns": {"a": 4000, "b": 6000}}
 def test_stretches_that_no_run_has(stretches):
     begun = one_stretch(8, 32, None)
     for more in ([], [{**GOOD, "step": 9}]):  # one that has begun, but was stopped before its first step
-        assert go_on({"global_step": 9, "stretches": [GOOD, *more]}, begun) == (
+        assert go_on({"data": {}, "global_step": 9, "stretches": [GOOD, *more]}, begun) == (
             Stretch(**GOOD),
             Stretch(9, 8, 32, None),
         )
@@ -304,12 +304,28 @@ def test_stretches_that_no_run_has(stretches):
         ConfigError,
         match=r"^the checkpoint's record of the rows read is impossible: it is damaged, or of another",
     ):
-        go_on({"global_step": 9, "stretches": stretches}, begun)
+        go_on({"data": {}, "global_step": 9, "stretches": stretches}, begun)
+
+
+def test_other_text_begins_with_its_first_row_unless_sources_have_their_own_places():
+    begun, alike = one_stretch(8, 32, None), {**GOOD, "turns": None}
+    afresh = (Stretch(9, 8, 32, None),)
+    saved = {"data": {"--data.train_fingerprint": "a"}}
+    assert go_on({**saved, "global_step": 9, "stretches": [alike]}, begun, "b") == afresh
+    assert go_on({**saved, "global_step": 9, "stretches": [alike]}, begun, "a") == begun
+    assert rows_before(afresh, 9) == 0
+    assert rows_before(afresh, 11) == 16
+    for text in "ab":  # the start after one that was stopped before its first step
+        assert go_on({**saved, "global_step": 9, "stretches": [{**alike, "step": 9}]}, begun, text) == afresh
+    assert go_on({**saved, "global_step": 12, "stretches": [{**alike, "step": 9}]}, begun, "a") == afresh
+    kept = (Stretch(**GOOD), *afresh)
+    assert go_on({**saved, "global_step": 9, "stretches": [GOOD]}, begun, "b") == kept
+    assert go_on({**saved, "global_step": 0, "stretches": [alike]}, begun, "b") == begun
 
 
 def test_a_checkpoint_of_a_user_s_own_loader_is_of_one_stretch():
     begun = one_stretch(8, 32, None)
-    assert go_on({"global_step": 9, "stretches": []}, begun) == begun
+    assert go_on({"data": {}, "global_step": 9, "stretches": []}, begun) == begun
 
 
 def test_the_fingerprint_tells_other_shares_and_other_kept_rows():

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -1422,11 +1423,34 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
     text.write_text("".join(f"{line}\n" for line in reversed(text.read_text().splitlines())))
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert "continuing with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
-    again = "data: without --data.source_weights, other text is in another order, so rows may be read again"
+    again = "data: step 4 begins with the first row of this text; what the text before had, too, may be read again\n"
     assert again in caplog.text
+    assert "data: steps 4 to 12 read 72 rows of " in caplog.text
     caplog.clear()
     assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
-    assert again not in caplog.text
+    assert "data: step 6 continues with row 17 of the order\n" in caplog.text
+    assert "data: steps 4 to 12 read 72 rows of " in caplog.text
+
+
+@pytest.mark.parametrize("stop_at", [5, None])
+def test_other_text_is_read_from_its_first_row_on(fit_with, corpus, teacher, tmp_path, stop_at):
+    """As by a run that begins with it, also after a stop."""
+    read = defaultdict(list)
+
+    class Read(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            read[trainer.default_root_dir, trainer.global_step] += [row.tobytes() for row in batch["input_ids"].numpy()]
+
+    text, (whole, changed) = tmp_path / "text.jsonl", (tmp_path / "whole", tmp_path / "changed")
+    text.write_text("".join(f"{line}\n" for line in reversed(corpus.read_text().splitlines())))
+    own = {"data.val_source": str(corpus), "data.tokenizer": str(Path(teacher).parents[1] / "tokenizer")}
+    assert fit_with(whole, Read(), **own, **{"data.source": str(text)}) == 0
+    assert fit_with(changed, StopAt(3), **own) == 128 + signal.SIGTERM
+    own |= {"data.source": str(text), "ckpt_path": "last"}
+    if stop_at:
+        assert fit_with(changed, StopAt(stop_at), Read(), **own) == 128 + signal.SIGTERM
+    assert fit_with(changed, Read(), **own) == 0
+    assert [read[str(changed), step] for step in range(3, 12)] == [read[str(whole), step] for step in range(9)]
 
 
 @pytest.mark.parametrize(("ended", "told"), [(None, True), (8, True), (4, False)])

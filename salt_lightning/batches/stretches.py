@@ -14,9 +14,9 @@ from salt_lightning.errors import ConfigError, few
 
 @dataclass(frozen=True)
 class Stretch:
-    """From optimizer step `step` (from 0) on, each step reads `rows` rows of `block_size`, in the shares `turns`."""
+    """From optimizer step `step` on, each step reads `rows` rows of `block_size`, in the shares `turns`."""
 
-    step: int
+    step: int  # of the first one 0, or where a run went on with other text
     rows: int  # --data.global_batch_size
     block_size: int  # --data.block_size
     turns: dict[str, int] | None  # of each source in a cycle of mixture.py; None: all rows are read equally often
@@ -41,17 +41,24 @@ def rows_before(stretches: Stretches, step: int) -> int:
     return tokens // stretches[-1].block_size
 
 
-def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
+def go_on(checkpoint: Mapping[str, Any], begun: Stretches, text: str | None = None) -> Stretches:
     """The stretches of a run that resumes from a checkpoint with the settings of `begun`.
+
+    Without shares, a `text` (its fingerprint) other than the checkpoint's begins with its first row: the rows read
+    before say nothing about its own.
 
     Raises:
         ConfigError: the checkpoint's stretches are impossible.
     """
     step, (now,) = checkpoint["global_step"], begun
-    past = [stretch for stretch in _of_checkpoint(checkpoint, now) if stretch.step < step]
+    found = _of_checkpoint(checkpoint, now)
+    past = [stretch for stretch in found if stretch.step < step]
+    before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own
+    if text and before not in (None, 0, text) and all(stretch.turns is None for stretch in (*past, now)):
+        return (replace(now, step=step),)
     if past and replace(past[-1], step=now.step) == now:
         return tuple(past)
-    return (*past, replace(now, step=step if past else 0))
+    return (*past, replace(now, step=step if past else found[0].step))
 
 
 def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
@@ -61,7 +68,7 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
         found = tuple(Stretch(**each) for each in checkpoint["stretches"])
         steps = [stretch.step for stretch in found]
         turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
-        good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
+        good = steps[0] >= 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
         sizes = [size for stretch in found for size in (stretch.rows, stretch.block_size)]
         good = good and all(0 < size < 1 << 31 for size in sizes)
         good = good and all(min(each) > 0 and sum(each) == CYCLE for each in turns)
@@ -78,6 +85,10 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
 def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str, list[int]]) -> str:
     """Message: the row with which a run continues; what may come again, also as sources have other `cuts` now."""
     step, before = checkpoint["global_step"], checkpoint["text"].get("cuts", {})
+    if stretches[0].step == step > 0:
+        return (
+            f"step {step + 1} begins with the first row of this text; what the text before had, too, may be read again"
+        )
     said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"

@@ -16,7 +16,7 @@ from salt_lightning.models import read_checkpoint
 from salt_lightning.run.meeting import divide, gather
 from salt_lightning.run.peers import UNSEEN_S, say_once
 from salt_lightning.run.run_config import may_be_anothers, newer_place, other_places, readable
-from salt_lightning.run.run_folder import earlier_configs, flat, same_place, same_setting, saved
+from salt_lightning.run.run_folder import earlier_configs, flat, same_setting, saved
 from salt_lightning.storage import damage, shards
 
 _EVALUATED = ("compile", "logits_budget_gib")  # the model settings that validate and test use
@@ -33,7 +33,9 @@ def resolve(path: str, config: Namespace, subcommand: str) -> Path | None:
     if not path:
         raise ConfigError("--ckpt_path '' is empty; give a .ckpt file, or last, or leave it out")
     if path != "last":
-        elsewhere = not any(same_place(Path(path).parent, own) for own in (folder, Path(config.run, "checkpoints")))
+        elsewhere = not any(
+            settings.same_place(Path(path).parent, own) for own in (folder, Path(config.run, "checkpoints"))
+        )
         if subcommand == "fit" and elsewhere and saved(folder) and _is_of_another(Path(path), Path(config.run)):
             raise ConfigError(
                 f"--ckpt_path {path} is of another run than --run {config.run}, which contains one already; choose "
@@ -103,7 +105,7 @@ def _moved(config: Namespace) -> Path | None:
     for file in map(Path, map(str, config.get("config") or ())):
         with suppress(ConfigError, OSError):  # of another's folder
             if (
-                not same_place(file.parent, config.run)
+                not settings.same_place(file.parent, config.run)
                 and readable(file).get("run") == config.run
                 and saved(file.parent / "checkpoints")
             ):
@@ -117,7 +119,7 @@ def _is_of_another(path: Path, run: Path) -> bool:
     configs = [readable(file) for file in (*(file for _, file in earlier_configs(run)), run / "config.yaml")]
     begun = [Path(str(config.get("ckpt_path") or "last")).parent for config in configs]
     there, here = (readable(folder / "config.yaml").get("run") for folder in (path.parent.parent, run))
-    known = any(same_place(path.parent, folder) for folder in (*begun, run / "checkpoints"))
+    known = any(settings.same_place(path.parent, folder) for folder in (*begun, run / "checkpoints"))
     return bool(there) and not same_setting(there, here) and not known
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from salt_lightning.batches.mixture import weight_problems
 from salt_lightning.errors import NOT_A_NAME, ConfigError, one_line
-from salt_lightning.run.run_folder import same_place
 
 GROUPS = (
     *("model", "model.student", "model.student.config", "model.teacher", "model.teacher.config", "model.optim"),
@@ -133,6 +132,11 @@ def held(config: Namespace, verb: str | None) -> list[tuple[str, Path]]:
 
 # verb -> folders in that of the run, which it writes into
 _WRITES = {"fit": ("", "checkpoints"), "predict": ("", "scores"), "validate": ("validate",), "test": ("test",)}
+
+
+def same_place(one: Path | str, other: Path | str) -> bool:
+    """Whether two paths are of one folder, which need not exist, also through links."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def wrong_folders(config: Namespace, verb: str) -> list[str]:

@@ -16,19 +16,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning_utilities.core.enums import StrEnum
 
-from salt_lightning.command.settings import IDENTITY
+from salt_lightning.command.settings import IDENTITY, same_place
 from salt_lightning.errors import ConfigError, one_line
 from salt_lightning.hugging_face.old_names import save_tokenizer
 from salt_lightning.run.event_log import void_tests
-from salt_lightning.run.run_folder import (
-    changed,
-    earlier_configs,
-    read_config,
-    same_place,
-    same_setting,
-    saved,
-    step_named,
-)
+from salt_lightning.run.run_folder import changed, earlier_configs, read_config, same_setting, saved, step_named
 from salt_lightning.storage import shards
 
 

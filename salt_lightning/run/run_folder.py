@@ -154,11 +154,6 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any,
     return {k: (was[k], is_now[k]) for k in sorted(was.keys() & is_now.keys()) if not same_setting(was[k], is_now[k])}
 
 
-def same_place(one: Path | str, other: Path | str) -> bool:
-    """Whether two paths are of one folder, which need not exist, also through links."""
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
 def same_setting(was: Any, now: Any) -> bool:
     """Whether two values are equal; an absolute path and the same path relative to a working directory are."""
     if isinstance(was, str) and isinstance(now, str) and was.startswith("/") != now.startswith("/"):
