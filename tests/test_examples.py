@@ -112,11 +112,11 @@ def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE({char: i for i, char in enumerate(["<s>", "</s>", *chars])}, []))
     if rule == "prepend":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    elif rule == "no line breaks":  # XLM-R and T5: white space becomes one space, and none is left at the ends
+    elif rule in ("no line breaks", "one space"):  # XLM-R, T5, XGLM: white space becomes one space
         words = [(char, -1.0) for char in ["<s>", "</s>", *chars]]
         backend = Tokenizer(models.Unigram(words, unk_id=0))
-        strips = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-        backend.normalizer = normalizers.Sequence(strips)
+        strips = [normalizers.Strip()] if rule == "no line breaks" else []  # none is left at the ends
+        backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), *strips])
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     elif rule == "metaspace":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -124,7 +124,7 @@ def character_tokenizer(rule: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("rule", ["prepend", "metaspace", "no line breaks", "none"])
+@pytest.mark.parametrize("rule", ["prepend", "metaspace", "no line breaks", "one space", "none"])
 def test_parts_are_what_they_are_in_the_whole_text(tmp_path, bos, rule):
     """As the tokenizer itself encodes a text: with BOS if it has one, and at most one added space at the start."""
     tokenizer = character_tokenizer(rule)

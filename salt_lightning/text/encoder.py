@@ -136,7 +136,10 @@ class ExampleEncoder(Encoder):
 
     @cached_property
     def _anchor(self) -> str:
-        return next((text for text in _ANCHORS if keeps(self.tokenizer, text)), "")
+        kept = [text for text in _ANCHORS if keeps(self.tokenizer, text)]
+        # a normalizer may make a space of a line break, and one space of two: then none is seen after it
+        apart = (text for text in kept if self._plain(f"{text} a")[0] != self._plain(f"{text}a")[0])
+        return next(apart, next(iter(kept), ""))
 
     def _take(self, content: Conversation) -> tuple[tuple[list[_Example], bool], bytes] | None:
         examples = self._encode(content)

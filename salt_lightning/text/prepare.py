@@ -128,7 +128,7 @@ def _parse_first_lines(corpus: Corpus) -> None:
         documents(raw, corpus)
 
 
-_CUT = 3  # version of how conversations are cut into parts that are learned or not
+_CUT = 4  # version of how examples are cut into parts that are learned or not
 
 
 def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fraction: float, cache_dir: Path) -> Path:
@@ -137,7 +137,7 @@ def token_folder(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, val_fractio
     if corpus.examples.messages:  # a template may write any of the named tokens
         named = [_CUT, tokenizer.chat_template, tokenizer.special_tokens_map, *day_written(tokenizer)]
     else:  # those that a text spells out are hidden
-        named = spelled_ids(tokenizer)
+        named = [*([_CUT] if corpus.examples.given else []), *spelled_ids(tokenizer)]
     told = [FORMAT, corpus.inputs(), rules_fingerprint(tokenizer), val_fraction, named, beginning(tokenizer)]
     return cache_dir / digest(told)
 
