@@ -33,7 +33,7 @@ from salt_lightning.batches.rows import (
     spread,
     text_ids,
 )
-from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, where, with_past
+from salt_lightning.batches.stretches import Stretches, go_on, one_stretch, rows_before, steps_of, where, with_past
 from salt_lightning.command.settings import seed_or_global, wrong_data
 from salt_lightning.errors import ConfigError, counted, raised, refuse, wrong_kinds
 from salt_lightning.fit.cadence import accumulation, phase1_steps, place, set_cadence
@@ -184,8 +184,7 @@ class SALTDataModule(LightningDataModule):
         Raises:
             ConfigError: something is missing or damaged; lists all of it.
         """
-        given = [setting for setting in ("source", "val_source", "test_source") if getattr(self, setting)]
-        given = [setting for setting in given if f"data.{setting}" not in but]
+        given = [s for s in ("source", "val_source", "test_source") if getattr(self, s) and f"data.{s}" not in but]
         looks: list[Callable[[], object]] = [partial(self._corpus, setting) for setting in given]
         looks += [lambda: self.tokenizer] if self.tokenizer_name != "train" else []
         looks += [partial(find_files, Path(self.difficulty), "fit")] if self.difficulty else []
@@ -307,7 +306,7 @@ class SALTDataModule(LightningDataModule):
         if stage != "predict":
             self._open_held_out(stage)
         if fits:
-            self.stretches = one_stretch(self.global_batch_size, self.block_size, self._shares())
+            self.stretches = self._one_stretch()
             self._order, self._train_loader = self._plan_order(), None
         if stage == "fit":
             self._log()
@@ -416,10 +415,12 @@ class SALTDataModule(LightningDataModule):
         now = shares_of(names, self.source_weights, self._train.source_tokens(names), self.block_size)
         return with_past(now, self.stretches)
 
+    def _one_stretch(self) -> Stretches:
+        return one_stretch(self.global_batch_size, self.block_size, self._shares(), self.train_fingerprint)
+
     def go_on_from(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the row at which a run stopped, even with another batch size or other shares."""
-        begun = one_stretch(self.global_batch_size, self.block_size, self._shares())
-        self.stretches = go_on(checkpoint, begun, self.train_fingerprint if not self.selection else None)
+        self.stretches = go_on(checkpoint, self._one_stretch())
         if len(self.stretches) > 1:
             self._order = self._plan_order()
         rank_zero_info(f"data: {where(self.stretches, checkpoint, self.text['cuts'])}")
@@ -473,9 +474,9 @@ class SALTDataModule(LightningDataModule):
 
     def reads(self, max_steps: int) -> preflight.Finding:
         """How often a run reads the text, or each source if sources have weights."""
-        rows, shares, begin = rows_before(self.stretches, max_steps), self._shares(), self.stretches[0].step
+        now, rows, shares = self.stretches, rows_before(self.stretches, max_steps), self._shares()
         if shares is None:
-            return preflight.rows(self.num_train_rows, rows, (begin, max_steps), len(self.stretches) == 1)
+            return preflight.rows(self.num_train_rows, rows, steps_of(now, max_steps), len(now) == 1)
         return preflight.shares(shares.names, shares.reads(rows), shares.rows_S, (max_steps, rows, shares.alike))
 
     def samples(self, rows: int) -> Iterator[dict[str, torch.Tensor]]:

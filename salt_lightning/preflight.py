@@ -57,18 +57,18 @@ def phases(taught: int, max_steps: int, anneal_steps: int, unused: str) -> Findi
     return Finding("ok", "phases", said)
 
 
-def rows(available: int, needed: int, span: tuple[int, int], alike: bool = True) -> Finding:
+def rows(available: int, needed: int, of_steps: tuple[int, int], alike: bool = True) -> Finding:
     """Compares the rows of the training text with those that the run reads. `alike`: every step reads equally many.
 
-    `span`: the step before which it read other text, and its last step.
+    `of_steps`: the steps that read this text, and all steps.
     """
-    (begin, max_steps), epochs = span, needed / available
-    steps = f"steps {begin + 1} to {max_steps}" if begin else f"{max_steps} steps"
+    (reading, max_steps), epochs = of_steps, needed / available
+    steps = f"{max_steps} steps" if reading == max_steps else f"{reading} of {max_steps} steps"
     said = f"{steps} read {needed} rows of {available}: {epochs:.2f} epochs"
     if epochs <= GOOD_EPOCHS:
         return Finding("ok", "rows", said)
-    enough = int(GOOD_EPOCHS * available * (max_steps - begin) / needed)
-    fewer = f", or --trainer.max_steps {begin + enough}" if enough and alike else ""
+    enough = int(GOOD_EPOCHS * available * max_steps / needed)
+    fewer = f", or --trainer.max_steps {enough}" if enough and alike else ""
     return Finding("warning", "rows", said, f"{_WORN_OUT} text{fewer}")
 
 

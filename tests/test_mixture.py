@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from salt_lightning.batches.mixture import CYCLE, Mixture, Shares, make_order, shares_of
 from salt_lightning.batches.order import Order
 from salt_lightning.batches.row_set import RowSet
-from salt_lightning.batches.stretches import Stretch, Stretches, go_on, one_stretch, rows_before, where, with_past
+from salt_lightning.batches.stretches import (
+    Stretch,
+    Stretches,
+    go_on,
+    one_stretch,
+    rows_before,
+    steps_of,
+    where,
+    with_past,
+)
 from salt_lightning.data import SALTDataModule
 from salt_lightning.errors import ConfigError
 from salt_lightning.models import read_checkpoint
@@ -288,7 +297,7 @@ GOOD = {"step": 0, "rows": 8, "block_size": 32, "turns": {"a": 4000, "b": 6000}}
 @pytest.mark.parametrize(
     "stretches",
     [
-        [{"step": 0}], [{**GOOD, "more": 1}], [{**GOOD, "step": -1}], [GOOD, GOOD], [GOOD, {**GOOD, "step": 10}],
+        [{"step": 0}], [{**GOOD, "more": 1}], [{**GOOD, "step": 1}], [GOOD, GOOD], [GOOD, {**GOOD, "step": 10}],
         [{**GOOD, "rows": 0}], [{**GOOD, "rows": 1 << 40}], [{**GOOD, "block_size": 0}], [{**GOOD, "turns": {}}],
         [{**GOOD, "turns": {"a": 10_001, "b": -1}}], [{**GOOD, "turns": {"a": 4000, "b": 6001}}],
     ],
@@ -307,20 +316,25 @@ def test_stretches_that_no_run_has(stretches):
         go_on({"data": {}, "global_step": 9, "stretches": stretches}, begun)
 
 
-def test_other_text_begins_with_its_first_row_unless_sources_have_their_own_places():
-    begun, alike = one_stretch(8, 32, None), {**GOOD, "turns": None}
-    afresh = (Stretch(9, 8, 32, None),)
-    saved = {"data": {"--data.train_fingerprint": "a"}}
-    assert go_on({**saved, "global_step": 9, "stretches": [alike]}, begun, "b") == afresh
-    assert go_on({**saved, "global_step": 9, "stretches": [alike]}, begun, "a") == begun
-    assert rows_before(afresh, 9) == 0
-    assert rows_before(afresh, 11) == 16
-    for text in "ab":  # the start after one that was stopped before its first step
-        assert go_on({**saved, "global_step": 9, "stretches": [{**alike, "step": 9}]}, begun, text) == afresh
-    assert go_on({**saved, "global_step": 12, "stretches": [{**alike, "step": 9}]}, begun, "a") == afresh
-    kept = (Stretch(**GOOD), *afresh)
-    assert go_on({**saved, "global_step": 9, "stretches": [GOOD]}, begun, "b") == kept
-    assert go_on({**saved, "global_step": 0, "stretches": [alike]}, begun, "b") == begun
+def test_rows_of_other_text_do_not_count_unless_sources_have_their_own_places():
+    first, other, shared = (Stretch(0, 8, 32, None, "a"), Stretch(9, 8, 32, None, "b"), Stretch(**GOOD))
+    saved = {"data": {"--data.train_fingerprint": "a"}, "global_step": 9, "stretches": [asdict(first)]}
+    now = replace(other, step=0)
+    assert go_on(saved, (now,)) == (first, other)
+    assert go_on(saved, (replace(now, text="a"),)) == (first,)
+    assert [rows_before((first, other), step) for step in (9, 11)] == [0, 16]
+    assert steps_of((first, other), 12) == (3, 12)
+    back = (first, other, Stretch(11, 4, 64, None, "a"))
+    assert (
+        go_on({**saved, "global_step": 11, "stretches": [*map(asdict, back[:2])]}, (replace(back[2], step=0),)) == back
+    )
+    assert rows_before(back, 12) == 9 * 8 * 32 // 64 + 4
+    assert steps_of(back, 12) == (10, 12)
+    del saved["stretches"][0]["text"]  # by an older version
+    assert go_on(saved, (now,)) == (first, other)
+    assert go_on(saved, (replace(shared, step=0),)) == (replace(first, text=""), replace(shared, step=9))
+    assert rows_before((first, replace(shared, step=9)), 10) == 80
+    assert rows_before((shared, other), 10) == 80
 
 
 def test_a_checkpoint_of_a_user_s_own_loader_is_of_one_stretch():

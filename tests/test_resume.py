@@ -1423,13 +1423,13 @@ def test_other_training_text_of_as_many_tokens_is_said(fit, corpus, teacher, tmp
     text.write_text("".join(f"{line}\n" for line in reversed(text.read_text().splitlines())))
     assert fit(tmp_path / "run", stop_at=5, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert "continuing with other data than the checkpoint's: other training text (--data.source)\n" in caplog.text
-    again = "data: step 4 begins with the first row of this text; what the text before had, too, may be read again\n"
+    again = "data: step 4 begins with the first row of this text; what other text had, too, may be read again\n"
     assert again in caplog.text
-    assert "data: steps 4 to 12 read 72 rows of " in caplog.text
+    assert "data: 9 of 12 steps read 72 rows of " in caplog.text
     caplog.clear()
     assert fit(tmp_path / "run", stop_at=7, ckpt_path="last", **own) == 128 + signal.SIGTERM
     assert "data: step 6 continues with row 17 of the order\n" in caplog.text
-    assert "data: steps 4 to 12 read 72 rows of " in caplog.text
+    assert "data: 9 of 12 steps read 72 rows of " in caplog.text
 
 
 @pytest.mark.parametrize("stop_at", [5, None])

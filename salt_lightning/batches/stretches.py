@@ -3,7 +3,7 @@
 It is still a pure function of the step and of the stretches that make up the run, which the checkpoint stores.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -14,61 +14,67 @@ from salt_lightning.errors import ConfigError, few
 
 @dataclass(frozen=True)
 class Stretch:
-    """From optimizer step `step` on, each step reads `rows` rows of `block_size`, in the shares `turns`."""
+    """From optimizer step `step` (from 0) on, each step reads `rows` rows of `block_size`, in the shares `turns`."""
 
-    step: int  # of the first one 0, or where a run went on with other text
+    step: int
     rows: int  # --data.global_batch_size
     block_size: int  # --data.block_size
     turns: dict[str, int] | None  # of each source in a cycle of mixture.py; None: all rows are read equally often
+    text: str = ""  # its fingerprint, if all rows are read equally often: rows read of other text do not count
 
 
 Stretches = tuple[Stretch, ...]
 
 
-def one_stretch(rows: int, block_size: int, shares: Shares | None) -> Stretches:
-    """The stretches of a new run."""
-    turns = None if shares is None else dict(zip(shares.names, shares.turns_S.tolist(), strict=True))
-    return (Stretch(0, rows, block_size, turns),)
+def one_stretch(rows: int, block_size: int, shares: Shares | None, text: str = "") -> Stretches:
+    """The stretches of a new run. `text`: the fingerprint of what it reads."""
+    if shares is None:
+        return (Stretch(0, rows, block_size, None, text),)
+    return (Stretch(0, rows, block_size, dict(zip(shares.names, shares.turns_S.tolist(), strict=True))),)
 
 
 def rows_before(stretches: Stretches, step: int) -> int:
-    """Number of rows, of the last stretch's length, that a run has read before an optimizer step."""
-    ends = [*(stretch.step for stretch in stretches[1:]), step]
-    tokens = sum(
-        max(0, min(end, step) - stretch.step) * stretch.rows * stretch.block_size
-        for stretch, end in zip(stretches, ends, strict=True)
-    )
+    """Number of rows, of the last stretch's length, that a run has read of its text before an optimizer step."""
+    tokens = sum(steps * stretch.rows * stretch.block_size for stretch, steps in _of_text(stretches, step))
     return tokens // stretches[-1].block_size
 
 
-def go_on(checkpoint: Mapping[str, Any], begun: Stretches, text: str | None = None) -> Stretches:
-    """The stretches of a run that resumes from a checkpoint with the settings of `begun`.
+def steps_of(stretches: Stretches, max_steps: int) -> tuple[int, int]:
+    """How many of a run's steps read the text of its last stretch, and all of them."""
+    return sum(steps for _, steps in _of_text(stretches, max_steps)), max_steps
 
-    Without shares, a `text` (its fingerprint) other than the checkpoint's begins with its first row: the rows read
-    before say nothing about its own.
+
+def _of_text(stretches: Stretches, step: int) -> Iterator[tuple[Stretch, int]]:
+    """The stretches that read the last one's text, and the steps of each before `step`."""
+    ends = [*(stretch.step for stretch in stretches[1:]), step]
+    for stretch, end in zip(stretches, ends, strict=True):
+        if not stretch.text or stretches[-1].text in ("", stretch.text):
+            yield stretch, max(0, min(end, step) - stretch.step)
+
+
+def go_on(checkpoint: Mapping[str, Any], begun: Stretches) -> Stretches:
+    """The stretches of a run that resumes from a checkpoint with the settings of `begun`.
 
     Raises:
         ConfigError: the checkpoint's stretches are impossible.
     """
     step, (now,) = checkpoint["global_step"], begun
-    found = _of_checkpoint(checkpoint, now)
-    past = [stretch for stretch in found if stretch.step < step]
-    before = checkpoint["data"].get("--data.train_fingerprint")  # 0: of a loader of the user's own
-    if text and before not in (None, 0, text) and all(stretch.turns is None for stretch in (*past, now)):
-        return (replace(now, step=step),)
+    past = [stretch for stretch in _of_checkpoint(checkpoint, now) if stretch.step < step]
     if past and replace(past[-1], step=now.step) == now:
         return tuple(past)
-    return (*past, replace(now, step=step if past else found[0].step))
+    return (*past, replace(now, step=step if past else 0))
 
 
 def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
     if not checkpoint["stretches"]:  # of the user's own loader: as if these settings had applied from the start
         return (now,)
     try:
-        found = tuple(Stretch(**each) for each in checkpoint["stretches"])
+        # older checkpoints do not record it
+        text = {"text": checkpoint["data"].get("--data.train_fingerprint", "") if now.text else ""}
+        found = tuple(Stretch(**text | each) for each in checkpoint["stretches"])
         steps = [stretch.step for stretch in found]
         turns = [[*stretch.turns.values()] for stretch in found if stretch.turns is not None]
-        good = steps[0] >= 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
+        good = steps[0] == 0 and steps == sorted(set(steps)) and steps[-1] <= checkpoint["global_step"]
         sizes = [size for stretch in found for size in (stretch.rows, stretch.block_size)]
         good = good and all(0 < size < 1 << 31 for size in sizes)
         good = good and all(min(each) > 0 and sum(each) == CYCLE for each in turns)
@@ -85,11 +91,9 @@ def _of_checkpoint(checkpoint: Mapping[str, Any], now: Stretch) -> Stretches:
 def where(stretches: Stretches, checkpoint: Mapping[str, Any], cuts: Mapping[str, list[int]]) -> str:
     """Message: the row with which a run continues; what may come again, also as sources have other `cuts` now."""
     step, before = checkpoint["global_step"], checkpoint["text"].get("cuts", {})
-    if stretches[0].step == step > 0:
-        return (
-            f"step {step + 1} begins with the first row of this text; what the text before had, too, may be read again"
-        )
-    said = f"step {step + 1} continues with row {rows_before(stretches, step) + 1} of the order"
+    if (read := rows_before(stretches, step)) == 0 < step:
+        return f"step {step + 1} begins with the first row of this text; what other text had, too, may be read again"
+    said = f"step {step + 1} continues with row {read + 1} of the order"
     if len({stretch.turns is None for stretch in stretches}) > 1:
         said += "; with and without --data.source_weights the orders differ, so rows may be read again"
     if len({stretch.block_size for stretch in stretches}) > 1:

@@ -127,18 +127,14 @@ def go_on_from(
     if other:
         rank_zero_info(f"continuing with other data than the checkpoint's: {', '.join(other)}")
     if step > 0 and data is not None:
-        _say_what_may_come_again(checkpoint, now, data)
+        _say_what_may_come_again(checkpoint["data"], now, data)
     for said in filter(None, (alike.other_steps(checkpoint, trainer, hparams), optim.jump(checkpoint, max_steps))):
         rank_zero_info(printable(said))  # with values from the checkpoint
 
 
-def _say_what_may_come_again(checkpoint: Mapping[str, Any], now: Mapping[str, Any], data: Any) -> None:
-    """Reports rows that the run may read again. `now`: `alike.identity` of `data`."""
-    saved = checkpoint["data"]
+def _say_what_may_come_again(saved: Mapping[str, Any], now: Mapping[str, Any], data: Any) -> None:
+    """Reports rows that the run may read again. `saved`, `now`: `alike.identity` in the checkpoint and of `data`."""
     before = saved.get("--data.train_fingerprint")  # 0: of a loader of the user's own
-    begins = data.stretches[0].step == checkpoint["global_step"]  # which is said with the row
-    if before and not begins and not data.source_weights and before != data.train_fingerprint:
-        rank_zero_info("data: without --data.source_weights, other text is in another order, so rows may be read again")
     if before and saved.get("--data.seed", data.seed) != data.seed:
         rank_zero_info("data: with another --data.seed the rows are in another order, so they may be read again")
     if (was := saved.get(_SELECTION)) is None or now.get(_SELECTION, was) == was:

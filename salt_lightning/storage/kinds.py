@@ -37,7 +37,7 @@ _CHECKPOINT: dict[Any, Any] = {
         "val_share": _NUMBER,
     },
     "data": dict.fromkeys(("--data.global_batch_size", "--data.block_size", "--data.num_train_tokens"), int),
-    "stretches": [{"step": int, "rows": int, "block_size": int, "turns": ({...: int}, type(None))}],
+    "stretches": [{"step": int, "rows": int, "block_size": int, "turns": ({...: int}, type(None)), "text": str}],
     "trainer": {"--trainer.precision": str, "--trainer.gradient_clip_val": _NUMBER | None, "torch": str},
     "kd_schedule": ({**_STEPS, "shape": str, "stop_margin": _NUMBER | None}, type(None)),
     "kd_stop_step": int | None,
